@@ -127,6 +127,10 @@ def test_the_kernels_compile_before_the_other_packages_are_installed():
     names = [re.split(r"[>=<]", name)[0].replace("-", "_") for name in given]
     missing = [name for name in names if name not in ("torch", "pyyaml", "filelock", "jinja2")]
     assert "transformers" in missing and "numpy" in missing
-    code = f"import sys; sys.modules.update(dict.fromkeys({missing!r})); import dart_llm.native.build"
-    done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True)
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({missing!r})); import dart_llm.native.build"
+    )
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True
+    )
     assert (done.returncode, done.stderr) == (0, "")

@@ -43,9 +43,9 @@ def prompts(monkeypatch):
     """How many prompts ran natively."""
     seen, run = [], WholeSteps.prompt
 
-    def counted(self, call, cache, see):
+    def counted(self, call, *rest):
         seen.append(tuple(call.ids.shape))
-        return run(self, call, cache, see)
+        return run(self, call, *rest)
 
     monkeypatch.setattr(WholeSteps, "prompt", counted)
     return seen
@@ -165,6 +165,21 @@ def test_masks_are_those_of_the_models_own_prompt(method, prompts):
     _, theirs, wanted = pruned(model, ids, PROMPT, executor="masked", **settings)
     assert prompts == []
     _, ours, result = pruned(model, ids, PROMPT, executor="native", **settings)
+    assert (1, PROMPT) in prompts and len(ours) == len(theirs) > 0
+    assert all(same_masks(a[2], b[2]) for a, b in zip(ours, theirs, strict=True))
+    assert apart(result, wanted) < ROUNDED
+
+
+@pytest.mark.parametrize("method", ["griffin", "dart", "dart-token"])
+def test_layers_are_observed_in_any_groups(method, prompts, monkeypatch):
+    limit(monkeypatch, LONGEST)
+    settings = {"method": method, **({} if method == "griffin" else {"self_stats": SMALL})}
+    found = []
+    for most in (1, whole_step.OBSERVED):  # one layer at a time, and all
+        monkeypatch.setattr(whole_step, "OBSERVED", most)
+        model, ids = packed_model("llama"), IDS[:1]
+        found.append(pruned(model, ids, PROMPT, executor="native", **settings))
+    (_, ours, result), (_, theirs, wanted) = found
     assert (1, PROMPT) in prompts and len(ours) == len(theirs) > 0
     assert all(same_masks(a[2], b[2]) for a, b in zip(ours, theirs, strict=True))
     assert apart(result, wanted) < ROUNDED

@@ -243,6 +243,8 @@ def test_compensation():
     down = torch.tensor([[1.0, 2.0, 3.0], [0.0, -1.0, 5.0]])
     mean = torch.tensor([10.0, 0.5, -2.0])
     assert compensation(down, mean, torch.tensor([1, 2])).tolist() == [1 - 6, -0.5 - 10]
+    assert compensation(down, mean).tolist() == [10 + 1 - 6, -0.5 - 10]
+    assert compensation(down.half(), mean).tolist() == [10 + 1 - 6, -0.5 - 10]
     half = compensation(down.half(), mean, torch.tensor([0]))
     assert half.dtype == torch.float32 and half.tolist() == [10, 0]
     drawn = torch.randn(2, 3, 20, generator=torch.Generator().manual_seed(3))

@@ -95,7 +95,7 @@ def test_losers_by_hand(cuts, kernels, monkeypatch):
     # neurons that do nothing are all left out, however few a token must leave out
     assert pruned_indicator(idle, torch.ones(4), 0.5).tolist() == [[1, 1, 1, 0], [1, 1, 0, 0]]
     sums = TokenSelection(torch.ones(1, 4), (0.5,)).sums(idle[None], torch.tensor([1.0, 2.0]))
-    assert sums[:, 0].tolist() == [[2, 0, 6, 2], [2, 0, 0, 0], [3, 3, 1, 0]]
+    assert sums[:, 0].tolist() == [[2, 0, 18, 12], [2, 0, 6, 2], [2, 0, 0, 0], [3, 3, 1, 0]]
     both = TokenSelection(WORTH.expand(2, -1), (1 / 3, 2 / 3))
     assert both.losers(U.expand(2, -1, -1)).tolist() == [third, two_thirds]
     needs = frozenset({"lost"})
@@ -111,6 +111,27 @@ def test_losers_by_hand(cuts, kernels, monkeypatch):
         (1 / 3, torch.zeros(1, 3), [0, 0, 0]),
     ):
         assert summed(cuts, weights, needs=needs, keep=keep).mean_when_lost().tolist() == mean
+
+
+@pytest.mark.usefixtures("native")
+@pytest.mark.parametrize("layers", [1, 3, 20])
+def test_sums_of_many_tokens(layers, monkeypatch):
+    """The kernel sums tokens in groups and layers in parts; every sum is that of the formulas."""
+    drawn = torch.Generator().manual_seed(layers)
+    u = torch.randn(layers, 1, 27, 37, generator=drawn)
+    weights = torch.rand(1, 27, generator=drawn)
+    selection = TokenSelection(torch.rand(layers, 37, generator=drawn) + 0.1, (0.4,) * layers)
+    lost = selection.losers(u[:, 0])
+    wanted = {"score": u[:, 0].square(), "signed": u[:, 0], "lost": u[:, 0] * lost, "losses": lost}
+    for reason in ("", "the kernels are off"):
+        monkeypatch.setattr(statistics, "why_not", lambda reason=reason: reason)
+        evidence = [LayerStatistics() for _ in range(layers)]
+        rule = Statistics(squared, frozenset({"lost"}))
+        rule.add(evidence, LayerObservation(u), weights, None, selection)
+        for name, values in wanted.items():
+            totals = torch.stack([layer.sums[name].total for layer in evidence])
+            torch.testing.assert_close(totals, torch.einsum("t,lti->li", weights[0], values))
+            assert float(evidence[-1].sums[name].weight) == pytest.approx(float(weights.sum()))
 
 
 @settings(deadline=None)

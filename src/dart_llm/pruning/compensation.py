@@ -20,12 +20,16 @@ from dart_llm.pruning.statistics import LayerStatistics, full_precision
 from dart_llm.pruning.weights import FfnWeights
 
 
-def compensation(down: Tensor, mean: Tensor, removed: Tensor) -> Tensor:
+def compensation(down: Tensor, mean: Tensor, removed: Tensor | None = None) -> Tensor:
     """The removed neurons' mean output, ``b = W_down[:, removed] m[removed]``, [D] float32.
 
     down: [D, I].  mean: m, [I] float32, mean activation over the observed tokens.  removed: ids,
-    [n] int64.
+    [n] int64; None means all neurons.
     """
+    if removed is None and down.dtype == torch.float32:
+        return functional.linear(mean, down.detach())  # which reads packed weights as they are
+    if removed is None:
+        return down.detach().float() @ mean
     return down.detach().index_select(1, removed).float() @ mean.index_select(0, removed)
 
 

@@ -212,10 +212,15 @@ class PruningController:
     def observe(self, layer: int, seen: LayerObservation) -> None:
         """Receive one layer's activations in the current forward."""
         pending = self._pending
-        if pending is None or not pending.plan.observe:
-            return
-        if pending.call.kind is Kind.DECODE:
+        if pending is not None and pending.plan.observe and pending.call.kind is Kind.DECODE:
             pending.layers[layer] = detached_copy(seen, pending.plan.stream)
+        else:
+            self.observe_prompt((layer,), seen.map(lambda t: t[None]))
+
+    def observe_prompt(self, layers: tuple[int, ...], seen: LayerObservation) -> None:
+        """Receive activations [L, B, T, ...] of some layers in the current forward."""
+        pending = self._pending
+        if pending is None or not pending.plan.observe:
             return
         with torch.no_grad():
             end = pending.call.prompt_tokens
@@ -223,8 +228,8 @@ class PruningController:
                 lengths, skip = self._lengths, self.config.skip_sinks
                 pending.weights = (evidence_weights(pending.call, end, lengths, skip),)
             (weights,) = pending.weights
-            part = seen.map(lambda t: t.detach()[None, :, :end])
-            self._update(pending.observing, (layer,), part, weights)
+            part = seen.map(lambda t: t.detach()[:, :, :end])
+            self._update(pending.observing, layers, part, weights)
 
     def observe_step(self, layers: dict[int, LayerObservation]) -> None:
         """Receive all layers' activations in a forward with one token per row.

@@ -227,9 +227,9 @@ class MaskSelector:
         lost = evidence.mean_when_lost() if self.config.compensation else None
         mean = None if lost is None else self.clamp.silent(index, lost)
         saliency = None if layer.self_stats is None else layer.saliency
-        all_ids = torch.arange(layer.width, device=score.device)
-        ids = all_ids if unclamped == layer.width else top_ids(score, unclamped)
-        bias = None if mean is None else compensation(layer.down, mean, all_ids)
+        whole = unclamped == layer.width
+        ids = torch.arange(layer.width, device=score.device) if whole else top_ids(score, unclamped)
+        bias = None if mean is None else compensation(layer.down, mean)
         return TokenMask(ids, layer.width, bias, winners=count, mean=mean, saliency=saliency)
 
     def _overflow(self, layer: int, what: str) -> DartError:

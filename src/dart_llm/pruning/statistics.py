@@ -253,17 +253,18 @@ class TokenSelection(NamedTuple):
         return torch.stack([pruned_indicator(*layer) for layer in layers])
 
     def sums(self, u: Tensor, weights: Tensor | None) -> Tensor:
-        """The sums ``signed``, ``lost`` and ``losses`` (see ``LayerStatistics``), [3, L, I].
+        """Sums over the tokens: of u², ``signed``, ``lost``, ``losses`` (``LayerStatistics``).
 
-        u: [L, T, I] float32; weights: [T], or None if all are 1.
+        u: [L, T, I] float32; weights: [T], or None if all are 1.  Returns [4, L, I].
         """
         if u.device.type == "cpu" and not why_not():  # prompts would take a third longer
             kept = [max(1, round(keep * u.shape[-1])) for keep in self.keeps]
             tensors = u.detach().contiguous(), self.saliency.float().contiguous()
-            sums: Tensor = ops().selection_sums(*tensors, kept, weights)
+            by = torch.ones(u.shape[1]) if weights is None else weights
+            sums: Tensor = ops().selection_sums(*tensors, kept, by)
             return sums
         lost = self.losers(u)
-        parts = torch.stack([u, u * lost, lost])
+        parts = torch.stack([u.square(), u, u * lost, lost])
         return parts.sum(2) if weights is None else torch.einsum("t,slt...->sl...", weights, parts)
 
 
@@ -308,7 +309,7 @@ class Statistics:
         1.  ``selection``: required for the sum ``lost``.
         """
         if (u := seen.u) is not None:
-            count = max(1, TOGETHER // max(1, u[0].numel()))
+            count = len(u) if self._in_one(selection) else max(1, TOGETHER // max(1, u[0].numel()))
             tokens = max(1, CHUNK_ELEMENTS // (min(count, len(u)) * u.shape[1] * u.shape[3]))
             for layers in _slices(len(u), count):
                 selected = None if selection is None else selection.of(layers)
@@ -322,6 +323,11 @@ class Statistics:
             x, z = seen.x.flatten(1, 2).float(), seen.z.flatten(1, 2).float()
             _add_sensitivity(evidence, x, z, flat)
 
+    def _in_one(self, selection: TokenSelection | None) -> bool:
+        """Whether ``TokenSelection.sums`` gives every sum over the activations."""
+        plain = self.per_token is squared and self.ema_decay is None
+        return plain and "lost" in self.needs and selection is not None
+
     def _add_chunk(
         self,
         evidence: Layers,
@@ -334,14 +340,15 @@ class Statistics:
         if self.per_token is not None and self.ema_decay is not None:
             for layer, values in zip(evidence, self.per_token(u).sqrt(), strict=True):
                 layer.add_ema(values, self.ema_decay, weights)
-        elif self.per_token is not None:
+        elif self.per_token is not None and not self._in_one(selection):
             add_sums(evidence, "score", self.per_token(flat), w)
         if "lost" in self.needs and selection is not None:
             weight: Tensor | float = float(flat.shape[1]) if w is None else w.sum()
             with full_precision(flat):
                 sums = selection.sums(flat, w)
-            for name, totals in zip(("signed", "lost", "losses"), sums, strict=True):
-                add_totals(evidence, name, totals, weight)
+            for name, totals in zip(("score", "signed", "lost", "losses"), sums, strict=True):
+                if name != "score" or self._in_one(selection):
+                    add_totals(evidence, name, totals, weight)
         elif "signed" in self.beside_score:
             add_sums(evidence, "signed", flat, w)
         if f is not None and "features" in self.needs:

@@ -86,6 +86,8 @@ struct Queries {
   int64_t out_pitch;
 };
 
+constexpr int64_t LOST = 4;  // tokens whose sums over what they lose are made together
+
 // Where the largest of some values end: those of a higher order, and of the same the first ones.
 struct Cut {
   int32_t order;
@@ -120,11 +122,11 @@ struct Kernels {
   // Separates the k of n values that are largest, whatever their signs.  Ties go to the lower place;
   // not-a-number is the largest, as torch sorts.  orders: scratch, [n].
   Cut (*cut)(const float* values, int64_t n, int64_t k, int32_t* orders);
-  // Adds to sums [n], sums + pitch and sums + 2 pitch: weight u, the same of those that are not among the k
-  // largest of abs(u) saliency, and weight for each of these.  strength: scratch, [n]; orders: the same,
-  // not negative.
-  void (*lose)(const float* u, const float* saliency, int64_t n, int64_t k, float weight, float* strength,
-               int32_t* orders, float* sums, int64_t pitch);
+  // Of tokens u [count, n], adds to sums [n] and what follows after `pitch`, 2 and 3 `pitch`: weight u^2,
+  // weight u, the same of those that are not among the k largest of abs(u) saliency, and weight for each of
+  // these.  Scratch: strength [n]; orders [LOST, n], not negative.
+  void (*lose)(const float* u, const float* saliency, int64_t n, int64_t k, const float* weights,
+               int64_t count, float* strength, int32_t* orders, float* sums, int64_t pitch);
   // to[f, d] = sum over k of rows[ids[k], d] factors[k, f] for begin <= d < end; rows: [., size].
   void (*fold)(Dtype, const void* rows, const int32_t* ids, int64_t n, int64_t size, const float* factors,
                int64_t count, int64_t begin, int64_t end, float* to);

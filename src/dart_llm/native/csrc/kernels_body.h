@@ -650,7 +650,7 @@ Cut cut(const float* values, int64_t n, int64_t k, int32_t* orders) {
 void select(const float* __restrict u, const float* __restrict mean, const float* __restrict strength,
             const Cut& by, int64_t begin, int64_t end, float* __restrict to) {
   const Cut cut = by;
-  auto all = [&](const auto& value) {  // bits, as in `lose`
+  auto all = [&](const auto& value) {  // bits, as in `lose_some`
     for (int64_t i = begin; i < end; ++i)
       to[i] = from_bits(to_bits(value(i)) & -uint32_t(cut.takes(strength[i], int32_t(i))));
   };
@@ -658,17 +658,35 @@ void select(const float* __restrict u, const float* __restrict mean, const float
   else all([&](int64_t i) { return u[i]; });
 }
 
-void lose(const float* __restrict u, const float* __restrict saliency, int64_t n, int64_t k, float weight,
-          float* __restrict strength, int32_t* __restrict orders, float* __restrict sums, int64_t pitch) {
-  for (int64_t i = 0; i < n; ++i) strength[i] = std::fabs(u[i]) * saliency[i];
-  int32_t last = cut(strength, n, k, orders).order;
-  float* __restrict lost = sums + pitch, * __restrict losses = lost + pitch;
-  for (int64_t i = 0; i < n; ++i) {
-    uint32_t mask = -uint32_t(orders[i] <= last);  // bits, because a condition would not be vectorised
-    float value = weight * u[i];
-    sums[i] += value, lost[i] += from_bits(to_bits(value) & mask);
-    losses[i] += from_bits(to_bits(weight) & mask);
+template <int T>
+void lose_some(const float* __restrict u, const float* __restrict saliency, int64_t n, int64_t k,
+               const float* __restrict weights, float* __restrict strength, int32_t* __restrict orders,
+               float* __restrict sums, int64_t pitch) {
+  int32_t last[T];
+  for (int64_t t = 0; t < T; ++t) {
+    for (int64_t i = 0; i < n; ++i) strength[i] = std::fabs(u[t * n + i]) * saliency[i];
+    last[t] = cut(strength, n, k, orders + t * n).order;
   }
+  float* __restrict squares = sums, * __restrict all = squares + pitch;
+  float* __restrict lost = all + pitch, * __restrict losses = lost + pitch;
+  for (int64_t i = 0; i < n; ++i) {
+    float square = squares[i], sum = all[i], of_lost = lost[i], count = losses[i];
+    for (int64_t t = 0; t < T; ++t) {
+      uint32_t mask = -uint32_t(orders[t * n + i] <= last[t]);  // bits, or it would not be vectorised
+      float own = u[t * n + i], value = weights[t] * own;
+      square += value * own, sum += value, of_lost += from_bits(to_bits(value) & mask);
+      count += from_bits(to_bits(weights[t]) & mask);
+    }
+    squares[i] = square, all[i] = sum, lost[i] = of_lost, losses[i] = count;
+  }
+}
+
+void lose(const float* u, const float* saliency, int64_t n, int64_t k, const float* weights, int64_t count,
+          float* strength, int32_t* orders, float* sums, int64_t pitch) {
+  int64_t t = 0;
+  for (; t + LOST <= count; t += LOST)
+    lose_some<LOST>(u + t * n, saliency, n, k, weights + t, strength, orders, sums, pitch);
+  for (; t < count; ++t) lose_some<1>(u + t * n, saliency, n, k, weights + t, strength, orders, sums, pitch);
 }
 
 #include "packed_body.h"

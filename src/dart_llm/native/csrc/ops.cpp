@@ -388,31 +388,32 @@ Tensor packed_ffn(const Tensor& x, const std::optional<Packs>& gate, const Packs
 }
 
 // Sums over the tokens of u [L, T, I], each of which selects kept[l] neurons of layer l by their activations
-// times saliency [L, I]: [3, L, I] of all activations, of those that are not selected, and how many these
-// are.  weights [T] or None.  What ties with the strongest that is not selected counts as not selected.
+// times saliency [L, I]: [4, L, I] of squared activations, of all activations, of those that are not
+// selected, and how many these are.  weights: [T].  What ties with the strongest that is not selected
+// counts as not selected.
 Tensor selection_sums(const Tensor& u, const Tensor& saliency, const std::vector<int64_t>& kept,
-                      const MaybeTensor& weights) {
+                      const Tensor& weights) {
   TORCH_CHECK(u.dim() == 3 && saliency.dim() == 2 && saliency.size(0) == u.size(0) &&
                   saliency.size(1) == u.size(2) && int64_t(kept.size()) == u.size(0) &&
-                  (!weights || weights->numel() == u.size(1)),
+                  weights.numel() == u.size(1),
               "native: shapes do not fit");
   int64_t layers = u.size(0), tokens = u.size(1), width = u.size(2), each = layers * width;
-  auto floats = [](const MaybeTensor& t) { return static_cast<const float*>(data(t, at::kFloat)); };
+  int64_t parts = std::max<int64_t>(1, dart::PARTS / std::max<int64_t>(1, layers));
+  auto floats = [](const Tensor& t) { return static_cast<const float*>(data(t, at::kFloat)); };
   const float *values = floats(u), *factors = floats(saliency), *by = floats(weights);
-  Tensor sums = at::zeros({dart::PARTS, 3, layers, width}, u.options());
+  Tensor sums = at::zeros({parts, 4, layers, width}, u.options());
   float* to = sums.mutable_data_ptr<float>();
   const dart::Kernels& kernels = best();
   std::atomic<int64_t> taken{0};
   run_on_threads([&](int64_t) {
     std::vector<float> strength(static_cast<size_t>(width));
-    std::vector<int32_t> orders(static_cast<size_t>(width));
-    for (int64_t one; (one = taken++) < dart::PARTS;) {
-      dart::Span own = dart::part(tokens, one, dart::PARTS, 1);
-      for (int64_t l = 0; l < layers; ++l)
-        for (int64_t t = own.begin; t < own.end; ++t)
-          kernels.lose(values + (l * tokens + t) * width, factors + l * width, width, kept[size_t(l)],
-                       by ? by[t] : 1.0f, strength.data(), orders.data(), to + one * 3 * each + l * width,
-                       each);
+    std::vector<int32_t> orders(static_cast<size_t>(dart::LOST * width));
+    for (int64_t one; (one = taken++) < layers * parts;) {
+      int64_t l = one / parts, place = one % parts;
+      dart::Span own = dart::part(tokens, place, parts, 1);
+      kernels.lose(values + (l * tokens + own.begin) * width, factors + l * width, width, kept[size_t(l)],
+                   by + own.begin, own.end - own.begin, strength.data(), orders.data(),
+                   to + place * 4 * each + l * width, each);
     }
   });
   return sums.sum(0);
@@ -819,7 +820,8 @@ struct Decoder : torch::CustomClassHolder {
 
   // Layers `first` to `last` of a prompt that was begun so: see prompt_ops.h.
   std::vector<Tensor> prompt_layers(int64_t first, int64_t last, const Tensor& stream, const Tensor& given,
-                                    int64_t texts, const Tensor& cosine, const Tensor& sine, bool observed) {
+                                    int64_t texts, const Tensor& cosine, const Tensor& sine,
+                                    int64_t observed) {
     c10::InferenceMode mode(false);
     at::NoGradGuard no_graph;
     TORCH_CHECK(prompt_room && 0 <= first && first <= last && last <= int64_t(model.layers.size()) &&

@@ -176,21 +176,20 @@ std::vector<Tensor> Prompt::layer(int64_t index, const Tensor& stream, const Ten
 }
 
 std::vector<Tensor> Prompt::layers(int64_t first, int64_t last, const Tensor& stream, const Tensor& given,
-                                   bool observed, PromptRoom& room) const {
+                                   int64_t observed, PromptRoom& room) const {
   const Decoder& d = decoder;
   auto options = given.options().dtype(type);
   std::vector<Tensor> found;
-  std::vector<Left> left;
-  auto place = [&](at::IntArrayRef sizes) {
-    found.push_back(at::empty(sizes, options));
-    return found.back().mutable_data_ptr();
-  };
-  for (int64_t index = first; index < last; ++index) {
-    Left own{};
-    own.keys = place({texts, d.kv_heads, tokens, d.size}),
-    own.values = place({texts, d.kv_heads, tokens, d.size});
-    if (observed) own.u = place({texts, tokens, d.width}), own.h = place({texts, tokens, d.hidden});
-    left.push_back(own);
+  auto place = [&](at::IntArrayRef sizes) { return found.emplace_back(at::empty(sizes, options)); };
+  std::vector<Left> left(size_t(last - first));
+  for (Left& own : left) {
+    own.keys = place({texts, d.kv_heads, tokens, d.size}).mutable_data_ptr();
+    own.values = place({texts, d.kv_heads, tokens, d.size}).mutable_data_ptr();
+  }
+  for (int64_t kind = 0; kind < observed; ++kind) {
+    Tensor all = place({last - first, texts, tokens, kind ? d.hidden : d.width});
+    for (size_t i = 0; i < left.size(); ++i)
+      (kind ? left[i].h : left[i].u) = all[int64_t(i)].mutable_data_ptr();
   }
   room.jobs.begin();
   Text text{texts, tokens, cosine, sine, angles};

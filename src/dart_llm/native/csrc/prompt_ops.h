@@ -24,9 +24,10 @@ struct Prompt {
   // FFN's input [B, T, D], and what the next layer is given, or after the last one the head.
   std::vector<at::Tensor> layer(int64_t index, const at::Tensor& stream, const at::Tensor& given) const;
   // The same of layers `first` to `last` by products on the blocks; `given` [M, D] float32 is changed.
-  // Returns keys and values of each layer and, where they are `observed`, activations and inputs.
+  // Returns keys and values of each layer and, if `observed` is 1, activations of all [L, B, T, I]; if 2,
+  // inputs [L, B, T, D] too.
   std::vector<at::Tensor> layers(int64_t first, int64_t last, const at::Tensor& stream,
-                                 const at::Tensor& given, bool observed, PromptRoom& room) const;
+                                 const at::Tensor& given, int64_t observed, PromptRoom& room) const;
   // Logits [B, n, V] of the last `keep` tokens (0: of all), and what the head is given, [B, T, D].
   std::vector<at::Tensor> end(const at::Tensor& given, int64_t keep) const;
 };

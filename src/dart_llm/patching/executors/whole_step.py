@@ -31,6 +31,9 @@ from dart_llm.pruning.token_level import TokenMask
 POSITIONS = 256
 """Number of positions whose rotary angles are computed at a time."""
 
+OBSERVED = 1 << 21
+"""Maximum number of activations of a prompt that are passed on at a time."""
+
 TRUSTED = ("dart_llm.", "transformers.")
 """Packages whose hooks only read, so that whole steps may skip them."""
 
@@ -269,44 +272,48 @@ class WholeSteps:
         self._refresh()  # at every prompt, because weights may have changed since the last prompt
         cache = new_cache(self._model) if call.cache is None and call.use_cache else call.cache
 
-        def observe(layer: int, activations: LayerObservation) -> None:
-            requested = activations if plan.inputs else LayerObservation(activations.u)
-            controller.observe(layer, requested)
-
-        logits, hidden = self.prompt(call, cache, observe if plan.observe else None)
+        observed = 1 + plan.inputs if plan.observe else 0
+        logits, hidden = self.prompt(call, cache, observed, controller.observe_prompt)
         if plan.signal:
             controller.observe_signal(hidden)
         return as_output(logits, cache)
 
     def prompt(
-        self, call: TokenCall, cache: Any, observe: Callable[[int, LayerObservation], None] | None
+        self,
+        call: TokenCall,
+        cache: Any,
+        observed: int,
+        observe: Callable[[tuple[int, ...], LayerObservation], None],
     ) -> tuple[Tensor, Tensor]:
         """Run a prompt and fill ``cache``; no mask may be loaded.
 
         Returns logits [B, n, V] of the last n tokens (n = ``call.keep``; 0: all) and last hidden
-        states [B, T, D].  Calls ``observe`` with the activations of each layer in turn.
+        states [B, T, D].  Calls ``observe`` with activations of some layers at a time if
+        ``observed`` is 1, with the FFN's inputs too if it is 2, and not at all if it is 0.
         """
         rows, tokens = call.ids.shape
         rotations, limit, count = self._rotations(tokens - 1), few(), len(self._ffns)
         on_packed = rows * tokens <= limit  # else weights are dequantized, layer by layer
         stream, h = self.native.prompt_begin(call.ids, *rotations, on_packed)
-        step = count if on_packed and observe is None else 1
+        step = count if on_packed else 1
+        if observed:  # few activations at a time
+            step = min(step, max(1, OBSERVED // (rows * tokens * self._parts.sizes[4])))
         for first in range(0, count, step):
-            last = first + step
+            layers = tuple(range(first, min(first + step, count)))
             if on_packed:
+                last = first + len(layers)
                 parts = self.native.prompt_layers(
-                    first, last, stream, h, rows, *rotations, observe is not None
+                    first, last, stream, h, rows, *rotations, observed
                 )
+                seen = parts[2 * len(layers) :]
             else:
                 *parts, h = self.native.prompt_layer(first, stream, h, rows, *rotations, limit)
-            per_layer = len(parts) // step
-            for index in range(first, last):
-                start = (index - first) * per_layer
-                keys, values, *seen = parts[start : start + per_layer]
-                if cache is not None:
-                    fill_layer(cache, keys, values, index)
-                if observe is not None:
-                    observe(index, LayerObservation(*seen))
+                seen = [part[None] for part in parts[2 : 2 + observed]]
+            for index in layers if cache is not None else ():
+                keys, values = parts[2 * (index - first) :][:2]
+                fill_layer(cache, keys, values, index)
+            if observed:
+                observe(layers, LayerObservation(*seen))
         logits, hidden = self.native.prompt_end(h, rows, call.keep, limit)
         return logits, hidden
 
