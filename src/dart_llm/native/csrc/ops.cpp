@@ -10,8 +10,8 @@
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <map>
 #include <optional>
-#include <random>
 
 #include "select.h"
 #include "decode.h"
@@ -19,6 +19,7 @@
 #include "packed_ffn.h"
 #include "packed_ops.h"
 #include "prompt_ops.h"
+#include "selection_trial.h"
 #include "threads.h"
 
 namespace {
@@ -428,51 +429,30 @@ std::vector<double> selection_times(const std::vector<Packs>& tiles, const std::
   TORCH_CHECK(!tiles.empty() && tiles.size() == neurons.size() && share > 0 && share <= 1,
               "native: matrices are missing");
   using Clock = std::chrono::steady_clock;
-  const dart::Kernels& kernels = best();
-  int64_t width = 0, columns = 0;
+  int64_t most = 0;
+  std::map<std::pair<int64_t, int64_t>, dart::SelectionTrial> trials;  // by width and padded hidden size
+  std::vector<dart::SelectionTrial*> of_layer;
   for (size_t i = 0; i < tiles.size(); ++i) {
     const dart::Packed &own = tiles[i]->packed, &other = neurons[i]->packed;
     TORCH_CHECK(own.order == dart::Order::tiles && other.order == dart::Order::neurons &&
                     own.columns == other.rows && own.rows == other.columns,
                 "native: shapes do not fit");
-    width = std::max(width, other.rows), columns = std::max(columns, other.units() * dart::UNIT);
+    int64_t width = other.rows, hidden = other.units() * dart::UNIT;
+    of_layer.push_back(&trials.try_emplace({width, hidden}, best(), width, hidden, share).first->second);
+    most = std::max(most, width);
   }
-  std::vector<float> u(static_cast<size_t>(width)), sums(static_cast<size_t>(dart::PARTS * columns));
-  std::minstd_rand random(1);
-  for (float& one : u) one = float(random() % 65536 + 1);
   std::vector<double> least(2, INFINITY);
   auto begin = Clock::now();
   for (int64_t turn = 0; turn < 6 || std::chrono::duration<double>(Clock::now() - begin).count() < seconds;
        ++turn) {
     bool skip = turn % 2;
-    dart::Jobs jobs(int64_t(tiles.size()), at::get_num_threads());
+    dart::Jobs jobs(2 * int64_t(tiles.size()), at::get_num_threads());
     auto start = Clock::now();
     run_on_threads([&](int64_t member) {
       dart::Worker team(jobs, member);
-      std::vector<int32_t> orders(static_cast<size_t>(width));
-      std::vector<float> active(static_cast<size_t>(width));
-      for (size_t i = 0; i < tiles.size(); ++i) {
-        const dart::Packed& down = (skip ? neurons : tiles)[i]->packed;
-        dart::Ffn f{};
-        f.packed_down = &down, f.kept = neurons[i]->packed.rows;
-        dart::Proxies own{};
-        own.skip = skip;
-        own.keep = std::max<int64_t>(1, int64_t(share * double(f.kept)));
-        dart::Once chosen([&] { return dart::chosen_of(kernels, own, 1, f.kept, u.data(), orders.data()); });
-        dart::Once given([&] {
-          dart::down_input(kernels, f, &chosen()[0], u.data(), 0, f.kept, active.data());
-          return dart::RoundedRows(kernels, active.data(), 1, f.kept);
-        });
-        team.in_parts(dart::PARTS, [&](int64_t part, int64_t parts) {
-          dart::Span span = skip ? dart::part(f.kept, part, parts, dart::GROUP)
-                                 : dart::part(down.rows, part, parts, dart::TILE);
-          if (skip)
-            dart::packed_output(kernels, f, &chosen()[0], u.data(), span.begin, span.end,
-                                sums.data() + part * columns);
-          else kernels.packed.matvec(down, given().view(), span.begin, span.end, sums.data(), columns);
-        });
-        team.finish();
-      }
+      std::vector<int32_t> orders(static_cast<size_t>(most));
+      for (size_t i = 0; i < tiles.size(); ++i)
+        of_layer[i]->run(team, (skip ? neurons : tiles)[i]->packed, skip, orders.data());
     });
     double& own = least[size_t(skip)];
     own = std::min(own, std::chrono::duration<double>(Clock::now() - start).count());
