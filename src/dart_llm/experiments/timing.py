@@ -140,6 +140,10 @@ LLAMA_CPP = "llama.cpp"
 
 PROGRAM, VARIABLE = "llama-bench", "LLAMA_BENCH"
 
+SETTINGS = {"": (), ", -fa 0": ("-fa", "0")}
+"""Flags of llama-bench by the end of the row's label: its defaults, and without flash attention
+(faster on some CPUs)."""
+
 THREAD_VARIABLES = ("OMP_", "GOMP_", "KMP_")
 """Prefixes of environment variables for PyTorch's threads; llama.cpp runs without them."""
 
@@ -163,15 +167,16 @@ def require_bench() -> str:
 
 @dataclass(frozen=True)
 class ReferenceFile:
-    """A GGUF file.  ``kind``: the file's quantisation, e.g. Q4_K_M.
+    """A GGUF file that llama-bench runs.  ``kind``: the file's quantisation, e.g. Q4_K_M.
 
     ``bytes``: the bytes read per decoded token (all tensors, except an input embedding that is
-    separate from the output head).
+    separate from the output head).  ``flags``: further flags of llama-bench.
     """
 
     path: Path
     kind: str
     bytes: int
+    flags: tuple[str, ...] = ()
 
     @classmethod
     def of(cls, path: Path) -> ReferenceFile:
@@ -182,21 +187,25 @@ class ReferenceFile:
         return cls(path, file.quantisation, sum(sizes.values()) - embedding)
 
 
-def reference_repetition(bench: str, file: Path, threads: int, prompt: int, tokens: int) -> Sample:
+def reference_repetition(
+    bench: str, file: ReferenceFile, threads: int, prompt: int, tokens: int
+) -> Sample:
     """Like ``repetition``, but with llama-bench, which reports only the mean time per step."""
-    (prefill,) = _run(bench, file, threads, "-p", str(prompt), "-n", "0")
-    generated = decode_row(bench, file, threads, tokens, prompt + WARM)
+    (prefill,) = _run(bench, file.path, threads, "-p", str(prompt), "-n", "0", *file.flags)
+    generated = decode_row(bench, file.path, threads, tokens, prompt + WARM, *file.flags)
     steps = [generated["avg_ns"] / 1e9 / tokens]
     build = {name: generated.get(name) for name in ("build_commit", "build_number", "backends")}
     return {"first_token_s": prefill["avg_ns"] / 1e9, "steps_s": steps, "build": build}
 
 
-def decode_row(bench: str, file: Path, threads: int, tokens: int, depth: int) -> dict[str, Any]:
+def decode_row(
+    bench: str, file: Path, threads: int, tokens: int, depth: int, *flags: str
+) -> dict[str, Any]:
     """The result row of llama-bench for ``tokens`` tokens after a context of ``depth`` tokens.
 
     ``avg_ns`` is the time for all ``tokens`` tokens together; there is only one repetition.
     """
-    return _run(bench, file, threads, "-p", "0", "-n", str(tokens), "-d", str(depth))[0]
+    return _run(bench, file, threads, "-p", "0", "-n", str(tokens), "-d", str(depth), *flags)[0]
 
 
 def _run(bench: str, file: Path, threads: int, *flags: str) -> list[dict[str, Any]]:

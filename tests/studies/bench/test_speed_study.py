@@ -8,7 +8,7 @@ import pytest
 
 from checkpoints import write_bench, write_gguf
 from dart_llm.errors import ConfigError, DartError
-from dart_llm.experiments.timing import VARIABLE, WARM, require_bench, shuffled
+from dart_llm.experiments.timing import VARIABLE, WARM, ReferenceFile, require_bench, shuffled
 from dart_llm.experiments.timing import reference_repetition as ask_bench
 from dart_llm.native import build
 from dart_llm.patching import executors
@@ -113,7 +113,8 @@ def test_formats_beside_llama_cpp(native, bench, tmp_path, monkeypatch):
     rows = {row["row"]: row for row in document["rows"]}
     ways, names = ("dense", "griffin 50 %"), ("file", "q8_0", "other")
     labels = [f"{way}, native, {name}" for name in names for way in ways]
-    labels = ["transformers", *labels, "llama.cpp tiny", "llama.cpp other"]
+    theirs = [f"llama.cpp {name}{end}" for name in ("tiny", "other") for end in ("", ", -fa 0")]
+    labels = ["transformers", *labels, *theirs]
     assert list(rows) == labels and sorted(document["orders"][0]) == sorted(labels)
     formats = {name: weights["stored_as"] for name, weights in document["formats"].items()}
     file = "Q4_1 as in the file"
@@ -132,21 +133,27 @@ def test_formats_beside_llama_cpp(native, bench, tmp_path, monkeypatch):
         assert method["bandwidth_limit"] == pytest.approx(limit)
         assert method["times_dense"] == pytest.approx(dense["ms"] / method["ms"])
     # llama.cpp: what it says of itself, on the model's own file, whose norms are float32
-    assert [f["format"] for f in document["reference"].values()] == ["file", "other"]
+    files = {label: file["format"] for label, file in document["reference"].items()}
+    assert files == dict(zip(theirs, ("file", "file", "other", "other"), strict=True))
     other, ours = rows["llama.cpp tiny"], rows["dense, native, file"]
     assert (other["ms"], other["first_token_ms"], other["method"]) == (2, 24, None)
     assert other["bytes_per_token"] == FFN + REST + 4 * NORMS + cache
     assert other["times_dense"] == pytest.approx(ours["ms"] / 2)
-    _, beside, _ = report.speed_sentences(document)
-    assert beside.startswith("dense, native, file: ") and "as fast as llama.cpp tiny" in beside
+    _, beside, without, *_ = report.speed_sentences(document)
+    assert beside.startswith("dense, native, file: ") and beside.endswith(
+        "as fast as llama.cpp tiny"
+    )
+    assert without.startswith("dense, native, file: ") and without.endswith("llama.cpp tiny, -fa 0")
     weights = {line["label"]: line["weights"] for line in lines(whole.path / "rows.jsonl")}
     assert (weights["dense, native, file"], weights["llama.cpp tiny"]) == ("q4_1", "Q4_1")
     # it computes the same tokens, without the variables of PyTorch's threads
     logged = lines(bench[1])
     common = {"-t": str(document["machine"]["threads"]), "-r": "1", "-o": "json"}
-    prompt, generated = ({k: v for k, v in flags.items() if k != "-m"} for flags, _ in logged[:2])
-    assert prompt == {**common, "-p": str(PROMPT), "-n": "0"}
-    assert generated == {**common, "-p": "0", "-n": "4", "-d": str(PROMPT + WARM)}
+    asked = [{k: v for k, v in flags.items() if k != "-m"} for flags, _ in logged]
+    for further in ({}, {"-fa": "0"}):
+        prompt = {**common, "-p": str(PROMPT), "-n": "0", **further}
+        generated = {**common, "-p": "0", "-n": "4", "-d": str(PROMPT + WARM), **further}
+        assert asked.count(prompt) == asked.count(generated) == 2
     for flags, variables in logged:
         assert variables == [] and Path(flags["-m"]).stem in ("tiny", "other")
 
@@ -166,4 +173,4 @@ def test_a_llama_bench_that_is_missing_or_fails_is_one_sentence(tmp_path, monkey
     monkeypatch.setenv("PATH", "/bin:/usr/bin")
     broken, words = write_broken_bench(tmp_path), r"x\.gguf \(exit code 3\): no such model"
     with pytest.raises(DartError, match=f"llama-bench failed on {words}"):
-        ask_bench(str(broken), tmp_path / "x.gguf", 1, PROMPT, TOKENS)
+        ask_bench(str(broken), ReferenceFile(tmp_path / "x.gguf", "", 0), 1, PROMPT, TOKENS)

@@ -209,7 +209,7 @@ struct Member : Worker {
         low_rank(ffn, make_input(), one, to);
       });
     if (!whole(layer)) {
-      in_parts(PARTS, [&](int64_t one, int64_t parts) {
+      in_parts(4, [&](int64_t one, int64_t parts) {
         Span own = part(decoder.width, one, parts, UNIT);
         for (int64_t m = 0; m < cache.rows; ++m) {
           float* to = scratch.active.data() + m * decoder.width;

@@ -54,13 +54,14 @@ inline Span part(int64_t n, int64_t member, int64_t size, int64_t step = 4) {
 // have finished.
 struct Jobs {
   explicit Jobs(int64_t count, int64_t members = 1)
-      : members(members), taken(size_t(count * members)), done(size_t(count)) {}
+      : count(count), members(members), taken(size_t(count * members)), done(size_t(count)) {}
   void begin() {  // before the members begin
     for (auto* counts : {&taken, &done})
       for (std::atomic<int64_t>& one : *counts) one.store(0, std::memory_order_relaxed);
   }
-  int64_t members;
-  std::vector<std::atomic<int64_t>> taken, done;  // [count, members]: of each member's parts; [count]
+  int64_t count, members;
+  // [members, count]: of each member's parts, apart from those of others in memory; [count]
+  std::vector<std::atomic<int64_t>> taken, done;
 };
 
 // One member at its jobs; all members go through the same ones.
@@ -75,20 +76,19 @@ class Worker {
   // all its parts are done: a member reads it only while it works on a part (see `Once`).
   template <class Work>
   void in_parts(int64_t parts, const Work& work) {
-    assert(begun_ < int64_t(jobs_.done.size()));
+    assert(begun_ < jobs_.count);
+    int64_t finished = 0;  // told at once: every word of it to the others takes time
     for (int64_t i = 0; i < jobs_.members; ++i) {
       int64_t member = (member_ + i) % jobs_.members;
       Span own = part(parts, member, jobs_.members, 1);
-      std::atomic<int64_t>& taken = jobs_.taken[size_t(begun_ * jobs_.members + member)];
+      std::atomic<int64_t>& taken = jobs_.taken[size_t(member * jobs_.count + begun_)];
       auto next = [&] {
         bool none = taken.load(std::memory_order_relaxed) >= own.end - own.begin;
         return none ? own.end : own.begin + taken.fetch_add(1, std::memory_order_relaxed);
       };
-      for (int64_t one; (one = next()) < own.end;) {
-        work(one, parts);
-        jobs_.done[begun_].fetch_add(1, std::memory_order_release);
-      }
+      for (int64_t one; (one = next()) < own.end; ++finished) work(one, parts);
     }
+    if (finished) jobs_.done[begun_].fetch_add(finished, std::memory_order_release);
     assert(begun_ - seen_ < MOST);
     open_[begun_++ - seen_] = parts;
   }

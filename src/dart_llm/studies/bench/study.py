@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Study, Unit, load_model
 from dart_llm.experiments.timing import (
+    SETTINGS,
     WARM,
     Make,
     ReferenceFile,
@@ -376,7 +377,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         return LoadedModel(weights, *load_model(settings, self.ui)[:2])
 
     def find_files(self) -> None:
-        """Set the GGUF files that llama.cpp runs.
+        """Set the GGUF files that llama.cpp runs, each with the flags in ``SETTINGS``.
 
         These are given by ``--reference-file``, by default by ``--model`` and ``--weights``.
         Raises ``ConfigError`` if there are none.
@@ -397,7 +398,11 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         files = [ReferenceFile.of(path) for path in dict.fromkeys(paths)]
         kinds = [file.kind for file in files]
         names = [f.kind if kinds.count(f.kind) == 1 else f.path.stem for f in files]
-        self.files = {f"{LLAMA_CPP} {name}": f for name, f in zip(names, files, strict=True)}
+        self.files = {
+            f"{LLAMA_CPP} {name}{end}": replace(file, flags=flags)
+            for name, file in zip(names, files, strict=True)
+            for end, flags in SETTINGS.items()
+        }
 
     def find_candidates(self) -> None:
         """Set the candidates in row order: transformers, the rows of each format, llama.cpp."""
@@ -433,7 +438,8 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
             sample = super().time(candidate, tokens, number)
         else:
             threads, prompt = torch.get_num_threads(), self.settings.prompt_tokens
-            sample = reference_repetition(self.bench, candidate.file, threads, prompt, tokens)
+            file = self.files[candidate.label]
+            sample = reference_repetition(self.bench, file, threads, prompt, tokens)
         after = self._read_speed()  # other programs change it within seconds
         if before and after:
             sample["read_speed"] = (before + after) / 2
