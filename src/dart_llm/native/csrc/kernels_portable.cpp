@@ -155,9 +155,22 @@ struct S {
     for (int i = 0; i < N; ++i) a.x[i] = a.x[i] < b.x[i] ? a.x[i] : b.x[i];
     return a;
   }
-  static V magnitude(V a) {
-    for (float& x : a.x) x = std::fabs(x);
+  static W max(W a, W b) {
+    for (int i = 0; i < N; ++i) a.x[i] = a.x[i] > b.x[i] ? a.x[i] : b.x[i];
     return a;
+  }
+  static W magnitude(V a) {  // bits
+    W r;
+    for (int i = 0; i < N; ++i) {
+      float x = std::fabs(a.x[i]);
+      std::memcpy(&r.x[i], &x, 4);
+    }
+    return r;
+  }
+  static int largest(W a) {
+    int32_t m = a.x[0];
+    for (int32_t x : a.x) m = x > m ? x : m;
+    return m;
   }
   static float largest(V a) {
     float m = a.x[0];

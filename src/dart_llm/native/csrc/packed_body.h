@@ -405,21 +405,26 @@ inline S::V factors_of(const Packed& p, const Factors& f, int64_t group, int64_t
 // Rounds GROUP values to levels of 8 bits: their scale, and the sums of both halves' levels.  What is
 // no number, or infinite, makes the whole group none; numbers whose inverse is infinite count as 0.
 inline float round_group(const float* from, int8_t* levels, int* halves) {
-  constexpr int COUNT = GROUP / S::N;
-  typename S::V x[COUNT], most = S::zero(), odd = S::zero();
+  constexpr int COUNT = GROUP / S::N, HALF = COUNT / 2;
+  typename S::V x[COUNT];
+  typename S::W level[COUNT], most = S::whole(0);
   for (int i = 0; i < COUNT; ++i) {
     x[i] = S::load(from + i * S::N);
     most = S::max(most, S::magnitude(x[i]));
-    odd = S::add(odd, S::sub(x[i], x[i]));
   }
-  float largest = S::largest(most);
-  bool none = !(S::sum(odd) == 0);
+  int bits = S::largest(most);
+  float largest;
+  std::memcpy(&largest, &bits, sizeof bits);
+  bool none = bits >= 0x7f800000;
   auto back = S::all(largest >= 0x1p-120f && !none ? 127.0f / largest : 0.0f);
-  halves[0] = halves[1] = 0;
   for (int i = 0; i < COUNT; ++i) {
-    auto level = none ? S::whole(0) : S::nearest(S::mul(x[i], back));
-    S::store_small(levels + i * S::N, level);
-    halves[i * S::N / 16] += S::sum_of(level);
+    level[i] = none ? S::whole(0) : S::nearest(S::mul(x[i], back));
+    S::store_small(levels + i * S::N, level[i]);
+  }
+  for (int half = 0; half < 2; ++half) {
+    auto sum = level[half * HALF];
+    for (int i = 1; i < HALF; ++i) sum = S::add(sum, level[half * HALF + i]);
+    halves[half] = S::sum_of(sum);
   }
   return none ? std::nanf("") : largest / 127.0f;
 }

@@ -75,7 +75,13 @@ static V sub(V a, V b) { return _mm256_sub_ps(a, b); }
 static V div(V a, V b) { return _mm256_div_ps(a, b); }
 static V max(V a, V b) { return _mm256_max_ps(a, b); }
 static V min(V a, V b) { return _mm256_min_ps(a, b); }
-static V magnitude(V a) { return _mm256_andnot_ps(all(-0.0f), a); }
+static W max(W a, W b) { return _mm256_max_epi32(a, b); }
+static W magnitude(V a) { return _mm256_and_si256(_mm256_castps_si256(a), whole(0x7fffffff)); }  // bits
+static int largest(W a) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  m = _mm_max_epi32(m, _mm_shuffle_epi32(m, 0x4e));
+  return _mm_cvtsi128_si32(_mm_max_epi32(m, _mm_shuffle_epi32(m, 0xb1)));
+}
 static float largest(V a) {
   __m128 m = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   m = _mm_max_ps(m, _mm_movehl_ps(m, m));

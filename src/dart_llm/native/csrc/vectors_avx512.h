@@ -71,7 +71,9 @@ static V sub(V a, V b) { return _mm512_sub_ps(a, b); }
 static V div(V a, V b) { return _mm512_div_ps(a, b); }
 static V max(V a, V b) { return _mm512_max_ps(a, b); }
 static V min(V a, V b) { return _mm512_min_ps(a, b); }
-static V magnitude(V a) { return _mm512_abs_ps(a); }
+static W max(W a, W b) { return _mm512_max_epi32(a, b); }
+static W magnitude(V a) { return _mm512_and_si512(_mm512_castps_si512(a), whole(0x7fffffff)); }  // bits
+static int largest(W a) { return _mm512_reduce_max_epi32(a); }
 static float largest(V a) { return _mm512_reduce_max_ps(a); }
 static W nearest(V a) { return _mm512_cvtps_epi32(a); }
 static int sum_of(W a) { return _mm512_reduce_add_epi32(a); }

@@ -107,7 +107,11 @@ static V sub(V a, V b) { return {vsubq_f32(a.a, b.a), vsubq_f32(a.b, b.b)}; }
 static V div(V a, V b) { return {vdivq_f32(a.a, b.a), vdivq_f32(a.b, b.b)}; }
 static V max(V a, V b) { return {vmaxq_f32(a.a, b.a), vmaxq_f32(a.b, b.b)}; }
 static V min(V a, V b) { return {vminq_f32(a.a, b.a), vminq_f32(a.b, b.b)}; }
-static V magnitude(V a) { return {vabsq_f32(a.a), vabsq_f32(a.b)}; }
+static W max(W a, W b) { return {vmaxq_s32(a.a, b.a), vmaxq_s32(a.b, b.b)}; }
+static W magnitude(V a) {  // bits
+  return {vreinterpretq_s32_f32(vabsq_f32(a.a)), vreinterpretq_s32_f32(vabsq_f32(a.b))};
+}
+static int largest(W a) { return vmaxvq_s32(vmaxq_s32(a.a, a.b)); }
 static float largest(V a) { return vmaxvq_f32(vmaxq_f32(a.a, a.b)); }
 static W nearest(V a) { return {vcvtnq_s32_f32(a.a), vcvtnq_s32_f32(a.b)}; }
 static int sum_of(W a) { return vaddvq_s32(vaddq_s32(a.a, a.b)); }
