@@ -174,6 +174,37 @@ Given given(const Kernels& k, const Values& x, int64_t size) {
   return g;
 }
 
+// Of a rounded vector of n values what a cut takes: the levels stay, others become 0, and the sums follow.
+void masks(const Kernels& k, int64_t n) {
+  Values x = drawn(n), strength = drawn(n);
+  for (float& one : strength) one = std::round(std::fabs(one) * 8);  // with ties
+  Given all = given(k, x, n);
+  std::vector<int32_t> orders(n);
+  Cut cut = k.cut(strength.data(), n, 1 + n / 3, orders.data());
+  std::vector<int8_t> levels(all.room, 1);
+  Values sums(all.sums.size());
+  k.packed.mask(all.levels.data(), all.scales.data(), strength.data(), cut, n, levels.data(), sums.data());
+  int64_t facts = Rounded::facts(all.room), kept = 0;
+  Values wanted(sums.size());
+  for (int64_t i = 0; i < all.room; ++i) {
+    int64_t unit = i / UNIT, at = unit * UNIT + 4 * four_of(i % UNIT / 4) + i % 4;
+    bool taken = i < n && cut.takes(strength[i], int32_t(i));
+    int level = taken ? all.levels[at] : 0;
+    kept += taken;
+    wanted[i / GROUP] += float(level),
+        wanted[facts + unit * 4 + quarter_place(i % UNIT / 16)] += float(level);
+    if (levels[at] == level) continue;
+    std::printf("%s: masked level %d is %d, not %d\n", about.c_str(), int(i), levels[at], level),
+        std::exit(1);
+  }
+  for (size_t i = 0; i < sums.size(); ++i) {
+    bool within =
+        int64_t(i) < all.room / GROUP || (int64_t(i) >= facts && int64_t(i) < facts + all.room / 16);
+    if (kept == 1 + n / 3 && sums[i] == (within ? wanted[i] * all.scales[i] : 0)) continue;
+    std::printf("%s: masked sum %d is %g\n", about.c_str(), int(i), double(sums[i])), std::exit(1);
+  }
+}
+
 void weights(const Kernels& k, const Stored& m) {
   const Packed& p = m.packed;
   std::vector<std::pair<int64_t, int64_t>> spans = {{0, p.rows}};  // first row, rows
@@ -647,6 +678,8 @@ int main() {
       for (int64_t selected : {1, 40, 160})
         for (bool skip : {false, true}) steps(*k, name, 96, 8, 160, selected, skip);
     }
+    about = std::string(kind) + " masks";
+    for (int64_t n : {32, 64, 96, 160, 1568}) masks(*k, n);
     about = std::string(kind) + " q4_k steps";
     steps(*k, "q4_k", 256, 64, 256);
     std::printf("%s agrees\n", kind);

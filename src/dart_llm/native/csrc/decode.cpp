@@ -51,7 +51,9 @@ struct Member : Worker {
   uint16_t* narrow;
   int8_t* levels;
   float *scales, *group_sums;
-  int32_t* orders;       // [I]
+  int32_t* orders;  // [I]
+  int8_t* masked_levels;
+  float* masked_sums;
   Likeliest* likeliest;  // [M]
 
   // Returns when all jobs begun so far are finished, which ends a part of the step.
@@ -208,7 +210,7 @@ struct Member : Worker {
         std::fill_n(to, cache.rows * sums_pitch(ffn), 0.0f);
         low_rank(ffn, make_input(), one, to);
       });
-    if (!whole(layer)) {
+    if (!rounds_early(layer)) {
       in_parts(4, [&](int64_t one, int64_t parts) {
         Span own = part(decoder.width, one, parts, UNIT);
         for (int64_t m = 0; m < cache.rows; ++m) {
@@ -220,7 +222,11 @@ struct Member : Worker {
       });
       finish(StepPart::activations);
     }
-    auto given = [&] { return Input{nullptr, nullptr, cache.rows, decoder.width, active_levels()}; };
+    Once given([&] {
+      bool some = layer.proxies.keep && rounds_early(layer);
+      return Input{nullptr, nullptr, cache.rows, decoder.width,
+                   some ? selected(selections()) : active_levels()};
+    });
     float *y = sums(ffn, 0), *stream = scratch.stream.data();
     int64_t pitch = sums_pitch(ffn);
     project({nullptr, ffn.packed_down}, nullptr, given, decoder.width, decoder.hidden, y, pitch,
@@ -233,9 +239,31 @@ struct Member : Worker {
     if (!direct) add_sums(index);
   }
 
-  // Whether all activations reach `down`: then each part of them rounds its own.
-  static bool whole(const Layer& layer) {
-    return by_outputs(layer.ffn) && !layer.ffn.ids && !layer.proxies.keep;
+  // Whether each part of the activations rounds its own: where tokens select by them, levels are set to 0
+  // later.
+  static bool rounds_early(const Layer& layer) {
+    return by_outputs(layer.ffn) && !layer.ffn.ids && (!layer.proxies.keep || layer.proxies.own());
+  }
+
+  // A part of row m's activations, without the neurons' means where tokens select.
+  const float* centred(const Layer& layer, int64_t m, Span own, const float* of_row) {
+    const float* mean = layer.ffn.mean;
+    if (!layer.proxies.keep || !mean) return of_row;
+    float* to = scratch.active.data() + m * decoder.width;
+    for (int64_t i = own.begin; i < own.end; ++i) to[i] = of_row[i] - mean[i];
+    return to;
+  }
+
+  // The rounded activations that each row selected; this member's own copy.
+  Rounded selected(const std::vector<Chosen>& chosen) {
+    Rounded all = active_levels();
+    int64_t each = 2 * Rounded::facts(all.size);
+    for (int64_t m = 0; m < cache.rows; ++m) {
+      const Chosen& own = chosen[size_t(m)];
+      kernels.packed.mask(all.levels + m * all.size, all.scales + m * each, own.strength, own.cut,
+                          decoder.width, masked_levels + m * all.size, masked_sums + m * each);
+    }
+    return {masked_levels, all.scales, masked_sums, all.count, all.size};
   }
 
   Rounded active_levels() const {
@@ -286,7 +314,7 @@ struct Member : Worker {
           if (some)
             packed_hidden_of(kernels, decoder.dtype, ffn, selections()[size_t(m)], x, begin, end, of_row);
           else packed_hidden(kernels, decoder.dtype, ffn, x, begin, end, of_row);
-          if (whole(layer)) round_active(m, {begin, end}, of_row);
+          if (rounds_early(layer)) round_active(m, {begin, end}, centred(layer, m, {begin, end}, of_row));
           if (own_strengths)
             strengths_of(layer.proxies, ffn, of_row, begin, end, scratch.strength.data() + m * ffn.kept);
         }
@@ -528,6 +556,7 @@ Scratch::Scratch(const Decoder& d, int64_t threads_, int64_t rows_)
   active.resize(rows * d.width);
   active_levels.resize(rows * padded(d.width));
   active_scales.resize(rows * 2 * Rounded::facts(padded(d.width))), active_sums.resize(active_scales.size());
+  masked_levels.resize(threads * active_levels.size()), masked_sums.resize(threads * active_sums.size());
   marks.resize(all * marked_bytes(d.width));
   scores.resize(threads * scores_of(d));
   u.resize(all * d.width);
@@ -555,6 +584,8 @@ void step(const Kernels& kernels, const Decoder& decoder, const Cache& cache, co
              scratch.scales.data() + own * 2 * Rounded::facts(padded(wide)),
              scratch.group_sums.data() + own * 2 * Rounded::facts(padded(wide)),
              scratch.orders.data() + member * decoder.width,
+             scratch.masked_levels.data() + own * padded(decoder.width),
+             scratch.masked_sums.data() + own * 2 * Rounded::facts(padded(decoder.width)),
              scratch.likeliest.data() + own};
   one.run(tokens);
 }

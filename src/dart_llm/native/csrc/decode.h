@@ -111,6 +111,8 @@ struct Scratch {
   // What down projections by outputs are given, [M, I], and rounded.
   std::vector<float> active, active_scales, active_sums;
   std::vector<int8_t> active_levels;
+  std::vector<int8_t> masked_levels;  // what of it tokens select: by member
+  std::vector<float> masked_sums;
   std::vector<uint8_t> marks;  // what tokens select as bits, where it is watched: [L, M, I / 8 rounded up]
   std::vector<Likeliest> likeliest;  // [threads, M]: of the words that each member saw; empty them first
   ScreenRoom screened;

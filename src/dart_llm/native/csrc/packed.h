@@ -158,6 +158,8 @@ struct Along {
   float sum;  // of all values
 };
 
+struct Cut;  // see kernels.h
+
 // Kernels of one CPU kind for packed matrices.
 struct PackedKernels {
   // y[m, row] = rows[row] . x[m] for begin <= row < end; y: M rows of `stride`.  Not Order::neurons;
@@ -172,6 +174,10 @@ struct PackedKernels {
   // end is n.
   void (*round)(const float* from, int64_t begin, int64_t end, int64_t n, int8_t* levels, float* scales,
                 float* sums);
+  // Of a vector of n values rounded by `round`: levels that a cut does not take by their strengths become 0,
+  // to[whole units], and the sums are those of the others.  What sums hold beyond the units stays.
+  void (*mask)(const int8_t* levels, const float* scales, const float* strength, const Cut&, int64_t n,
+               int8_t* to, float* sums);
   // up[i] = act(gate[i]) up[i], or act(up[i]) where gate is null, of n values; room for 32.
   void (*activate)(Act, const float* gate, float* up, int64_t n);
   // to[count, columns] = weights of `count` rows from `row` on, float32 or bfloat16; of Order::tiles

@@ -506,6 +506,32 @@ void packed_round(const float* from, int64_t begin, int64_t end, int64_t n, int8
   std::fill(small_sums + size / 16, small_sums + facts, 0.0f);
 }
 
+void packed_mask(const int8_t* levels, const float* scales, const float* strength, const Cut& by, int64_t n,
+                 int8_t* to, float* sums) {
+  const Cut cut = by;
+  int64_t facts = Rounded::facts((n + UNIT - 1) / UNIT * UNIT);
+  const float* small_scales = scales + facts;
+  float* small_sums = sums + facts;
+  for (int64_t c = 0; c < n; c += UNIT, levels += UNIT, to += UNIT) {
+    int8_t taken[UNIT] = {}, placed[UNIT];
+    int64_t count = std::min(UNIT, n - c);
+    for (int64_t i = 0; i < count; ++i) taken[i] = int8_t(-int(cut.takes(strength[c + i], int32_t(c + i))));
+    for (int64_t k = 0; k < UNIT / 4; ++k) std::memcpy(placed + 4 * four_of(k), taken + 4 * k, 4);
+    for (int64_t i = 0; i < UNIT; ++i) to[i] = levels[i] & placed[i];
+    alignas(64) float of_fours[UNIT / 4], of_quarters[4];  // of quarters where they stand
+    for (int64_t i = 0; i < UNIT; i += S::BYTES) {
+      auto found = S::dot6(S::whole(0), S::same(0x01010101), S::bytes(to + i));
+      S::store(of_fours + i / 4, S::to_float(found));
+    }
+    for (int64_t q = 0; q < 4; ++q)
+      of_quarters[q] = of_fours[q] + of_fours[4 + q] + of_fours[8 + q] + of_fours[12 + q];
+    for (int64_t q = 0; q < 4; ++q) small_sums[c / 16 + q] = small_scales[c / 16 + q] * of_quarters[q];
+    for (int64_t g = 0; g < 2; ++g)
+      sums[c / 32 + g] =
+          scales[c / 32 + g] * (of_quarters[quarter_place(2 * g)] + of_quarters[quarter_place(2 * g + 1)]);
+  }
+}
+
 // to[i] = act(gate[i]) up[i], or act(up[i]) without a gate, of n values; room for whole vectors.
 void packed_activate(Act act, const float* gate, float* up, int64_t n) {
   if (act != Act::silu && act != Act::gelu_tanh) {
@@ -698,6 +724,6 @@ void packed_scores(const Directions& d, const Along& z, int64_t run, float* y) {
 
 #include "packed_lots.h"
 
-const PackedKernels packed_table = {
-    packed_matvec, packed_dots, packed_add_neurons, packed_round, packed_activate, packed_dequantise,
-    LOT,           S::FEW,      packed_round_lot,   packed_lots,  packed_scores};
+const PackedKernels packed_table = {packed_matvec, packed_dots,      packed_add_neurons, packed_round,
+                                    packed_mask,   packed_activate,  packed_dequantise,  LOT,
+                                    S::FEW,        packed_round_lot, packed_lots,        packed_scores};

@@ -14,9 +14,8 @@ struct SelectionTrial {
       : kernels(kernels_),
         share(share_),
         u(size_t(width)),
-        active(u.size()),
         sums(size_t(PARTS * hidden)),
-        rounded(kernels, active.data(), 1, width) {
+        rounded(kernels, u.data(), 1, width) {
     std::minstd_rand random(1);
     for (float& one : u) one = float(random() % 65536 + 1);
   }
@@ -53,22 +52,28 @@ struct SelectionTrial {
   template <class Selections>
   void by_outputs(Worker& team, const Ffn& f, Selections& chosen) {
     team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
-      Span own = part(f.kept, one, parts, UNIT);
-      down_input(kernels, f, &chosen()[0], u.data(), own.begin, own.end, active.data());
-      kernels.packed.round(active.data(), own.begin, own.end, f.kept, rounded.levels.data(),
-                           rounded.scales.data(), rounded.sums.data());
+      Span own = part(f.kept, one, parts, GROUP);
+      kernels.packed.round(u.data(), own.begin, own.end, f.kept, rounded.levels.data(), rounded.scales.data(),
+                           rounded.sums.data());
     });
     team.finish();
+    std::vector<int8_t> levels(rounded.levels.size());
+    std::vector<float> own_sums(rounded.sums.size());
+    Once given([&] {
+      kernels.packed.mask(rounded.levels.data(), rounded.scales.data(), u.data(), chosen()[0].cut, f.kept,
+                          levels.data(), own_sums.data());
+      return Rounded{levels.data(), rounded.scales.data(), own_sums.data(), 1, rounded.size};
+    });
     team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
       Span own = part(f.packed_down->rows, one, parts, TILE);
-      kernels.packed.matvec(*f.packed_down, rounded.view(), own.begin, own.end, sums.data(), 0);
+      kernels.packed.matvec(*f.packed_down, given(), own.begin, own.end, sums.data(), 0);
     });
     team.finish();
   }
 
   const Kernels& kernels;
   double share;
-  std::vector<float> u, active, sums;
+  std::vector<float> u, sums;
   RoundedRows rounded;
 };
 

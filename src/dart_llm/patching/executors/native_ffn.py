@@ -57,7 +57,7 @@ class SelectionTimes(NamedTuple):
         """
         shapes = [(down.type(), *down.shape()) for down in downs]
         machine = cache.processor(), kernels_in_use(), torch.get_num_threads()
-        folder, key = cache.cache_folder() / "selection", cache.key_of(3, machine, shapes, share)
+        folder, key = cache.cache_folder() / "selection", cache.key_of(4, machine, shapes, share)
         if (data := cache.read(folder, key, ".json")) is not None:
             return cls(*json.loads(data))
         copies = [by_neurons(down) for down in downs]
