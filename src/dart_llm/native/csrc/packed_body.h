@@ -163,7 +163,7 @@ void packed_rows(const Packed& p, const Rounded& x, const Id& id, int64_t begin,
   });
 }
 
-constexpr int64_t TILES_AHEAD = 2048;  // bytes of levels that are asked for before they are needed
+constexpr int64_t TILES_AHEAD = S::N == 16 ? 4096 : 2048;  // bytes of levels asked for before they are needed
 
 // The rows of a tile times M vectors.
 template <int BITS, int SIZE>
