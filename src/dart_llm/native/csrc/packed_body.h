@@ -164,6 +164,7 @@ void packed_rows(const Packed& p, const Rounded& x, const Id& id, int64_t begin,
 }
 
 constexpr int64_t TILES_AHEAD = S::N == 16 ? 4096 : 2048;  // bytes of levels asked for before they are needed
+constexpr int TILES_INTO = S::N == 16 ? 2 : 3;  // 2: the second cache, which has room for more requests
 
 // The rows of a tile times M vectors.
 template <int BITS, int SIZE>
@@ -242,7 +243,7 @@ struct TileDots {
         own[0][v] = BITS == 4 ? S::low(bytes) : bytes;
         if constexpr (BITS == 4) own[1][v] = S::high(bytes);
       }
-      __builtin_prefetch(levels + 4 * TILE * four + TILES_AHEAD);
+      __builtin_prefetch(levels + 4 * TILE * four + TILES_AHEAD, 0, TILES_INTO);
       for (int m = 0; m < M; ++m)
         for (int b = 0; b < BESIDE; ++b) {
           uint32_t given;
