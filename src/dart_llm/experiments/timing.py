@@ -140,7 +140,7 @@ LLAMA_CPP = "llama.cpp"
 
 PROGRAM, VARIABLE = "llama-bench", "LLAMA_BENCH"
 
-SETTINGS = {"": (), ", -fa 0": ("-fa", "0")}
+REFERENCE_FLAGS = {"": (), ", -fa 0": ("-fa", "0")}
 """Flags of llama-bench by the end of the row's label: its defaults, and without flash attention
 (faster on some CPUs)."""
 

@@ -11,7 +11,6 @@ namespace {
 
 constexpr int64_t JOBS = 14;      // of a layer, at most: q, k, v, their norms, attention, o, its norm,
                                   // the choice (2), activations, their levels, low rank, FFN, its sum
-constexpr int64_t SUMS = 4;       // parts of adding up what the parts of an FFN gave
 constexpr int64_t LEAST = 32768;  // weights that are worth a part of their own
 constexpr int64_t CHUNK = 64;     // positions that are worth a part of their own ...
 constexpr int64_t CHUNKS = 8;     // ... and the most parts, each of which the next job adds up
@@ -211,7 +210,7 @@ struct Member : Worker {
         low_rank(ffn, make_input(), one, to);
       });
     if (!rounds_early(layer)) {
-      in_parts(4, [&](int64_t one, int64_t parts) {
+      in_parts(FEW_PARTS, [&](int64_t one, int64_t parts) {
         Span own = part(decoder.width, one, parts, UNIT);
         for (int64_t m = 0; m < cache.rows; ++m) {
           float* to = scratch.active.data() + m * decoder.width;
@@ -366,7 +365,7 @@ struct Member : Worker {
   void add_sums(int64_t index) {
     int64_t hidden = decoder.hidden, rows = cache.rows;
     bool last = decoder.layers[index].after_ffn.factor;  // a norm of the whole row comes after
-    in_parts(last ? rows : SUMS, [&](int64_t one, int64_t parts) {
+    in_parts(last ? rows : FEW_PARTS, [&](int64_t one, int64_t parts) {
       Span own = last ? Span{0, hidden} : part(hidden, one, parts);
       for (int64_t m = last ? one : 0; m < (last ? one + 1 : rows); ++m) add_sum(index, m, own);
     });

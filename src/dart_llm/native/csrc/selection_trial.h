@@ -41,7 +41,7 @@ struct SelectionTrial {
       packed_output(kernels, f, &chosen()[0], u.data(), own.begin, own.end, to);
     });
     team.finish();
-    team.in_parts(4, [&](int64_t one, int64_t parts) {
+    team.in_parts(FEW_PARTS, [&](int64_t one, int64_t parts) {
       Span own = part(hidden, one, parts);
       for (int64_t part = 1; part < PARTS; ++part)
         for (int64_t i = own.begin; i < own.end; ++i) sums[size_t(i)] += sums[size_t(part * hidden + i)];

@@ -34,7 +34,7 @@ class SpinWait {
 // Parts of one job.  Each member begins with neighbouring parts of its own, whose weights lie one after
 // the other in memory, and then takes those of the others, so that a slow one does not hold them up.
 // The parts do not depend on the number of members, nor does the order in which sums are added.
-constexpr int64_t PARTS = 16;
+constexpr int64_t PARTS = 16, FEW_PARTS = 4;  // few: of a job so short that taking parts shows
 
 struct Span {
   int64_t begin, end;

@@ -25,7 +25,7 @@ from dart_llm.experiments.provenance import Digests
 from dart_llm.experiments.store import ResultLine
 from dart_llm.experiments.study import Study, Unit, load_model
 from dart_llm.experiments.timing import (
-    SETTINGS,
+    REFERENCE_FLAGS,
     WARM,
     Make,
     ReferenceFile,
@@ -377,7 +377,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         return LoadedModel(weights, *load_model(settings, self.ui)[:2])
 
     def find_files(self) -> None:
-        """Set the GGUF files that llama.cpp runs, each with the flags in ``SETTINGS``.
+        """Set the GGUF files that llama.cpp runs, each with the flags in ``REFERENCE_FLAGS``.
 
         These are given by ``--reference-file``, by default by ``--model`` and ``--weights``.
         Raises ``ConfigError`` if there are none.
@@ -401,7 +401,7 @@ class SpeedStudy(BenchStudy[SpeedSettings]):
         self.files = {
             f"{LLAMA_CPP} {name}{end}": replace(file, flags=flags)
             for name, file in zip(names, files, strict=True)
-            for end, flags in SETTINGS.items()
+            for end, flags in REFERENCE_FLAGS.items()
         }
 
     def find_candidates(self) -> None:
