@@ -102,3 +102,23 @@ def test_a_room_grows_and_goes_with_the_last_that_lies_in_it(tiles):
     del copy
     assert mapped(address).get("Size", 0) < 16 * PAGE // 1024
     assert room.left() == 16 * PAGE
+
+
+@pytest.mark.usefixtures("native")
+def test_packed_weights_share_a_room_of_which_maps_go_when_they_are_empty():
+    def zeros(rows):
+        return torch.ops.dart_llm.packed_zeros("q8_0", rows, 1024, "tiles")
+
+    first, large = zeros(4096), zeros(80 << 10)  # the second needs a map of its own
+    (begin, end), *_ = spans(large)
+    assert not HUGE or mapped(begin)["AnonHugePages"] > 0.8 * (end - begin) // 1024
+    del large
+    assert mapped(begin) == {} and mapped(end - 1) == {}
+    (place, _), *_ = spans(first)
+    torch.ops.dart_llm.packed_round(first, 0, torch.ones(4096, 1024))
+    assert all(part.any() for part in first.parts())
+    other = zeros(16)  # so that the room stays
+    del first
+    again = zeros(4096)
+    assert spans(again)[0][0] == place and not any(part.any() for part in again.parts())
+    assert spans(other)[0][0] != place

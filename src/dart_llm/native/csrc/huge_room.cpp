@@ -81,15 +81,32 @@ at::Tensor HugeRoom::take(int64_t count, at::ScalarType type) {
   return at::from_blob(place, {count}, [self, place, bytes](void*) { self->give(place, bytes); }, type);
 }
 
+at::Tensor HugeRoom::zeros(int64_t count, at::ScalarType type) {
+  static std::mutex mutex;
+  static c10::weak_intrusive_ptr<HugeRoom> last{c10::intrusive_ptr<HugeRoom>()};
+  c10::intrusive_ptr<HugeRoom> room;
+  {
+    std::lock_guard<std::mutex> lock(mutex);
+    room = last.lock();
+    if (!room) last = room = c10::make_intrusive<HugeRoom>(0);
+  }
+  return room->take(count, type).zero_();
+}
+
 void HugeRoom::give(char* place, size_t bytes) {
   std::lock_guard<std::mutex> lock(mutex_);
-  for (Map& map : maps_) {
+  for (auto one = maps_.begin(); one != maps_.end(); ++one) {
+    Map& map = *one;
     if (place < map.start || place >= map.start + map.size) continue;
     size_t begin = size_t(place - map.start), end = begin + bytes;
     auto after = map.free.lower_bound(begin);
     if (after != map.free.end() && after->first == end) end = after->second, after = map.free.erase(after);
     if (after != map.free.begin() && std::prev(after)->second == begin) std::prev(after)->second = end;
     else map.free[begin] = end;
+    if (maps_.size() > 1 && map.free.begin()->second - map.free.begin()->first == map.size) {
+      munmap(map.base, map.mapped);
+      maps_.erase(one);
+    }
     return;
   }
 }

@@ -12,7 +12,8 @@ namespace dart {
 
 // Room for tensors that lie one after the other in pages of 2 MiB, where the system gives these.
 // A page is asked for before anything is written to it: small ones would be copied into it later.
-// The memory goes back to the system with the room and the last tensor in it.
+// The memory goes back to the system with the room and the last tensor in it; of several maps, one
+// with the last tensor in it.
 class HugeRoom : public torch::CustomClassHolder {
  public:
   // With pages for `bytes`, which are there when it returns; more of them come as they are needed.
@@ -21,6 +22,8 @@ class HugeRoom : public torch::CustomClassHolder {
 
   // A tensor of `count` values that are not set.  Where no map can be had: in torch's own memory.
   at::Tensor take(int64_t count, at::ScalarType);
+  // `count` zeros, in one room for all that is made by this.
+  static at::Tensor zeros(int64_t count, at::ScalarType);
   // Bytes that are there and free.
   int64_t left();
 

@@ -61,6 +61,9 @@ struct S {
   static V pairs(const bf16*) { return zero(); }
   static V dot_bf16(V a, V, V) { return a; }
 
+  // Asks for a line of memory.
+  static void ask(const uint8_t* p) { __builtin_prefetch(p); }
+
   // For packed matrices: see packed_body.h.
   static constexpr int64_t BYTES = 32;
   struct B {

@@ -34,6 +34,20 @@ inline void by_levels(const Packed& p, const Go& go) {
   else go(integral_constant<int, 6>(), integral_constant<int, 32>());
 }
 
+// The same with two more types: whether scales have `supers`, and whether there are offsets.
+template <class Go>
+inline void by_blocks(const Packed& p, const Go& go) {
+  by_levels(p, [&](auto bits, auto size) {
+    std::true_type yes;
+    std::false_type no;
+    if constexpr (bits == 8) go(bits, size, no, no);
+    else if constexpr (size == 16) go(bits, size, yes, no);
+    else if (p.scales.supers) go(bits, size, yes, yes);
+    else if (p.offsets.own) go(bits, size, no, yes);
+    else go(bits, size, no, no);
+  });
+}
+
 constexpr int64_t CHUNK = 1024;  // columns whose factors are read at a time
 
 // Asks for the factors of a row.
@@ -164,10 +178,9 @@ void packed_rows(const Packed& p, const Rounded& x, const Id& id, int64_t begin,
 }
 
 constexpr int64_t TILES_AHEAD = S::N == 16 ? 4096 : 2048;  // bytes of levels asked for before they are needed
-constexpr int TILES_INTO = S::N == 16 ? 2 : 3;  // 2: the second cache, which has room for more requests
 
-// The rows of a tile times M vectors.
-template <int BITS, int SIZE>
+// The rows of a tile times M vectors; whether the matrix has `supers` and offsets.
+template <int BITS, int SIZE, bool SUPERS, bool OFFSETS>
 struct TileDots {
   static constexpr int VECTORS = TILE / S::N, BLOCKS = UNIT / SIZE, FOURS = SIZE / 4;
   static constexpr int BESIDE = BITS == 4 ? 2 : 1;  // blocks whose levels share bytes
@@ -190,10 +203,10 @@ struct TileDots {
     for (int v = 0; v < VECTORS; ++v) above[v] = above_offset[v] = S::zero();
     int64_t units = p.units(), place = tile * p.each() * TILE, place_above = tile * p.supers_each() * TILE;
     for (int64_t unit = 0; unit < units; ++unit) {
-      if (p.scales.supers && unit % (SUPER / UNIT) == 0)
+      if (SUPERS && unit % (SUPER / UNIT) == 0)
         for (int v = 0; v < VECTORS; ++v, place_above += S::N) {
           above[v] = S::half(p.scales.supers + place_above, S::N);
-          if (p.offsets.own) above_offset[v] = S::half(p.offsets.supers + place_above, S::N);
+          if (OFFSETS) above_offset[v] = S::half(p.offsets.supers + place_above, S::N);
         }
 #pragma GCC unroll 4
       for (int first = 0; first < BLOCKS; first += BESIDE) {
@@ -210,7 +223,7 @@ struct TileDots {
               auto of_levels = S::all(sums[m][of_x]), by = S::all(scales[m][of_x]);
               auto value = S::fma(S::to_float(found[m][b][v]), by, S::mul(bias, of_levels));
               sum[m][v] = S::fma(scale, value, sum[m][v]);
-              if (p.offsets.own)
+              if (OFFSETS)
                 sum[m][v] =
                     S::fma(factors(p.offsets, place + v * S::N, above_offset[v]), of_levels, sum[m][v]);
             }
@@ -223,7 +236,7 @@ struct TileDots {
   }
 
   static typename S::V factors(const Factors& f, int64_t at, typename S::V above) {
-    if (!f.supers) return S::half(static_cast<const uint16_t*>(f.own) + at, S::N);
+    if (!SUPERS) return S::half(static_cast<const uint16_t*>(f.own) + at, S::N);
     return S::mul(S::small(static_cast<const int8_t*>(f.own) + at, S::N), above);
   }
 
@@ -243,7 +256,7 @@ struct TileDots {
         own[0][v] = BITS == 4 ? S::low(bytes) : bytes;
         if constexpr (BITS == 4) own[1][v] = S::high(bytes);
       }
-      __builtin_prefetch(levels + 4 * TILE * four + TILES_AHEAD, 0, TILES_INTO);
+      S::ask(levels + 4 * TILE * four + TILES_AHEAD);
       for (int m = 0; m < M; ++m)
         for (int b = 0; b < BESIDE; ++b) {
           uint32_t given;
@@ -293,12 +306,12 @@ struct TileDots {
 void packed_tiles(const Packed& p, const Rounded& x, int64_t begin, int64_t end, float* y, int64_t stride,
                   int64_t origin) {
   constexpr int MOST = S::N == 16 ? 4 : 2;  // vectors whose sums fit into registers
-  by_levels(p, [&](auto bits, auto size) {
+  by_blocks(p, [&](auto bits, auto size, auto supers, auto offsets) {
     float found[MOST][TILE];
+    using Dots = TileDots<bits, size, supers, offsets>;
     for (int64_t tile = begin / TILE; tile * TILE < end; ++tile)
       for (int64_t m = 0; m < x.count;) {
         int64_t count = x.count - m < MOST ? 1 : MOST;
-        using Dots = TileDots<bits, size>;
         auto run = p.fours      ? count == 1 ? Dots::template run<1, true> : Dots::template run<MOST, true>
                    : count == 1 ? Dots::template run<1, false>
                                 : Dots::template run<MOST, false>;

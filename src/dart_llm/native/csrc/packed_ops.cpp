@@ -58,7 +58,7 @@ PackedMatrix::PackedMatrix(const BlockType& type, int64_t rows, int64_t columns,
   packed = shape_of(type, neurons ? columns : rows, neurons ? rows : columns, order);
   // Whole vectors are read at the end of the last row.
   auto room = [&](int64_t count, at::ScalarType of) {
-    held.push_back(at::zeros({count + 64}, of));
+    held.push_back(HugeRoom::zeros(count + 64, of));
     return held.back().mutable_data_ptr();
   };
   packed.levels = static_cast<uint8_t*>(room(packed.room() * packed.pitch, at::kByte));

@@ -33,6 +33,10 @@ static Levels levels(const uint8_t* bytes) {
 static V pairs(const bf16*) { return zero(); }
 static V dot_bf16(V a, V, V) { return a; }
 
+// Asks for a line of memory.  Lines asked for out of order, as compilers arrange
+// them, keep the CPU from reading ahead by itself.
+static void ask(const uint8_t* p) { asm volatile("prefetcht0 %0" : : "m"(*p)); }
+
 // For packed matrices: see packed_body.h.
 static constexpr int64_t BYTES = 32;
 using B = __m256i;
