@@ -101,7 +101,7 @@ def test_bytes_of_tokens_that_choose(executor, rows, monkeypatch):
 
 
 def test_how_down_rows_are_read_is_measured_once(tmp_path, monkeypatch):
-    """Times are kept by machine and shapes; skipping that gains nearly nothing is left."""
+    """Times are kept by machine, kernels and shapes; skipping that gains little is left."""
     monkeypatch.setenv("DART_CACHE", str(tmp_path))
     monkeypatch.setattr(native_ffn, "PROBE_S", 0.001)
     model = model_of("llama", "q4_0")
@@ -112,9 +112,12 @@ def test_how_down_rows_are_read_is_measured_once(tmp_path, monkeypatch):
         first, other = MEASURE(downs, 0.5), MEASURE(downs, 0.3)
         monkeypatch.setattr(native_ffn.ops(), "selection_times", None)  # would raise
         assert MEASURE(downs, 0.5) == first and MEASURE(downs, 0.3) == other
+        monkeypatch.setattr(native_ffn, "built_name", lambda: "kernels of another version")
+        with pytest.raises(TypeError):
+            MEASURE(downs, 0.5)
     assert min(first) > 0
     assert len(list(tmp_path.glob("dart-llm/selection/*.json"))) == 2
-    assert [SelectionTimes(1.0, skip).skips for skip in (0.5, 0.97, 0.98)] == [True, True, False]
+    assert [SelectionTimes(1.0, skip).skips for skip in (0.5, 0.9, 0.91)] == [True, True, False]
     text = str(SelectionTimes(0.714, 0.92))
     assert "reads all down rows" in text and "0.71 ms" in text and "0.92 ms" in text
 

@@ -23,15 +23,16 @@ from dart_llm.models.agreement import forward_of
 from dart_llm.models.ffn import FfnBlock, matrix_of
 from dart_llm.models.float32_products import emulates
 from dart_llm.models.packed import PackedTensor
-from dart_llm.native.build import kernels_in_use, ops
+from dart_llm.native.build import built_name, kernels_in_use, ops
 from dart_llm.native.memory import RESERVE, available, private_maps
 from dart_llm.patching.executors.token_ffn import TokenFfn, max_rows
 from dart_llm.patching.executors.torch_ffn import run_rows, total_bias
 from dart_llm.pruning.masks import LayerMask
 from dart_llm.pruning.token_level import TokenMask
 
-SKIP_BELOW = 0.97
-"""Rows of unselected neurons are skipped if this takes at most this share of the time."""
+SKIP_BELOW = 0.9
+"""Rows of unselected neurons are skipped if this takes at most this share of the time.  Down
+projections are a fifth of a token, so gains below a tenth are lost in the probe's inaccuracy."""
 
 PROBE_S = 0.1
 """Seconds that ``SelectionTimes.measure`` takes."""
@@ -56,8 +57,9 @@ class SelectionTimes(NamedTuple):
         Needs memory for a copy of them.
         """
         shapes = [(down.type(), *down.shape()) for down in downs]
-        machine = cache.processor(), kernels_in_use(), torch.get_num_threads()
-        folder, key = cache.cache_folder() / "selection", cache.key_of(4, machine, shapes, share)
+        kernels = built_name(), kernels_in_use(), torch.get_num_threads()
+        key = cache.key_of(cache.processor(), kernels, shapes, share)
+        folder = cache.cache_folder() / "selection"
         if (data := cache.read(folder, key, ".json")) is not None:
             return cls(*json.loads(data))
         copies = [by_neurons(down) for down in downs]
