@@ -37,6 +37,26 @@ def test_memory_that_is_left(tmp_path, monkeypatch):
         assert memory.available() == wanted
 
 
+@pytest.mark.usefixtures("native")
+def test_the_speed_of_memory_is_not_that_of_a_cache(tmp_path, monkeypatch):
+    def read(free):
+        monkeypatch.setattr(memory, "available", lambda: free)
+        memory._uncached.cache_clear()
+        return memory._uncached().nbytes
+
+    try:
+        monkeypatch.setattr(memory, "CACHES", tmp_path)
+        assert memory.largest_cache() == 0 and read(64 << 30) == memory.UNCACHED
+        for level, size in enumerate(("48K", "2048K", "102400K")):
+            (tmp_path / f"index{level}").mkdir()
+            (tmp_path / f"index{level}" / "size").write_text(size + "\n")
+        assert memory.largest_cache() == 100 << 20 and read(64 << 30) == 200 << 20
+        assert read(1 << 30) == memory.UNCACHED  # too little memory for more
+        assert memory.read_speed() > 1e8
+    finally:
+        memory._uncached.cache_clear()
+
+
 @pytest.mark.skipif(not HUGE, reason="this system gives no huge pages")
 @pytest.mark.usefixtures("native")
 def test_weights_of_a_pruned_model_lie_in_them(smollm2):

@@ -40,8 +40,11 @@ LEAST = 32 << 20
 COLLAPSE = 25
 """MADV_COLLAPSE of madvise(2), which moves memory to huge pages but keeps address and content."""
 
+CACHES = Path("/sys/devices/system/cpu/cpu0/cache")
+"""Linux's list of the CPU's caches."""
+
 UNCACHED = 128 << 20
-"""Bytes that ``read_speed`` reads; more than a CPU's caches hold for two cores."""
+"""Bytes that ``read_speed`` reads at least."""
 
 RESERVE = 1 << 30
 """Bytes that must stay free when weights are copied only for speed."""
@@ -153,6 +156,12 @@ def read_speed() -> float:
 
 @functools.cache
 def _uncached() -> Tensor:
-    data = torch.ones(UNCACHED // 8, dtype=torch.int64, device="cpu")
-    into_huge_pages([data])
-    return data
+    """Numbers of which a cache holds at most half, if a sixteenth of free memory is enough."""
+    size = max(UNCACHED, min(2 * largest_cache(), available() // 16))
+    return empty(size // 8, torch.int64, torch.device("cpu")).fill_(1)
+
+
+def largest_cache() -> int:
+    """Bytes of the CPU's largest cache; 0 if the system does not say."""
+    texts = [path.read_text("utf-8").strip() for path in CACHES.glob("index*/size")]
+    return max((int(text[:-1]) << 10 for text in texts if re.fullmatch(r"\d+K", text)), default=0)

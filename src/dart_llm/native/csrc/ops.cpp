@@ -441,6 +441,8 @@ std::vector<double> selection_times(const std::vector<Packs>& tiles, const std::
     of_layer.push_back(&trials.try_emplace({width, hidden}, best(), width, hidden, share).first->second);
     most = std::max(most, width);
   }
+  std::vector<dart::SelectionTrial::Room> rooms(size_t(at::get_num_threads()),
+                                                dart::SelectionTrial::Room(most));
   std::vector<double> least(2, INFINITY);
   auto begin = Clock::now();
   for (int64_t turn = 0; turn < 6 || std::chrono::duration<double>(Clock::now() - begin).count() < seconds;
@@ -450,9 +452,9 @@ std::vector<double> selection_times(const std::vector<Packs>& tiles, const std::
     auto start = Clock::now();
     run_on_threads([&](int64_t member) {
       dart::Worker team(jobs, member);
-      std::vector<int32_t> orders(static_cast<size_t>(most));
+      auto& room = rooms[size_t(member)];
       for (size_t i = 0; i < tiles.size(); ++i)
-        of_layer[i]->run(team, (skip ? neurons : tiles)[i]->packed, skip, orders.data());
+        of_layer[i]->run(team, (skip ? neurons : tiles)[i]->packed, skip, room);
     });
     double& own = least[size_t(skip)];
     own = std::min(own, std::chrono::duration<double>(Clock::now() - start).count());

@@ -20,15 +20,26 @@ struct SelectionTrial {
     for (float& one : u) one = float(random() % 65536 + 1);
   }
 
-  // One member's share of it; `orders`: its scratch, [width].
-  void run(Worker& team, const Packed& down, bool skip, int32_t* orders) {
+  // What a member works with, for activations [width] of padded size.
+  struct Room {
+    explicit Room(int64_t width)
+        : orders(size_t(width)),
+          levels(size_t((width + UNIT - 1) / UNIT * UNIT)),
+          sums(size_t(2 * Rounded::facts(int64_t(levels.size())))) {}
+    std::vector<int32_t> orders;
+    std::vector<int8_t> levels;
+    std::vector<float> sums;
+  };
+
+  // One member's share of it; a room for at least its width.
+  void run(Worker& team, const Packed& down, bool skip, Room& room) {
     Ffn f{};
     f.packed_down = &down, f.kept = skip ? down.rows : down.columns;
     Proxies own{};
     own.skip = skip, own.keep = std::max<int64_t>(1, int64_t(share * double(f.kept)));
-    Once chosen([&] { return chosen_of(kernels, own, 1, f.kept, u.data(), orders); });
+    Once chosen([&] { return chosen_of(kernels, own, 1, f.kept, u.data(), room.orders.data()); });
     if (skip) by_neurons(team, f, chosen);
-    else by_outputs(team, f, chosen);
+    else by_outputs(team, f, chosen, room);
   }
 
   template <class Selections>
@@ -49,20 +60,13 @@ struct SelectionTrial {
     team.finish();
   }
 
+  // Activations are rounded before: in a step by who computes them.
   template <class Selections>
-  void by_outputs(Worker& team, const Ffn& f, Selections& chosen) {
-    team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
-      Span own = part(f.kept, one, parts, GROUP);
-      kernels.packed.round(u.data(), own.begin, own.end, f.kept, rounded.levels.data(), rounded.scales.data(),
-                           rounded.sums.data());
-    });
-    team.finish();
-    std::vector<int8_t> levels(rounded.levels.size());
-    std::vector<float> own_sums(rounded.sums.size());
+  void by_outputs(Worker& team, const Ffn& f, Selections& chosen, Room& room) {
     Once given([&] {
       kernels.packed.mask(rounded.levels.data(), rounded.scales.data(), u.data(), chosen()[0].cut, f.kept,
-                          levels.data(), own_sums.data());
-      return Rounded{levels.data(), rounded.scales.data(), own_sums.data(), 1, rounded.size};
+                          room.levels.data(), room.sums.data());
+      return Rounded{room.levels.data(), rounded.scales.data(), room.sums.data(), 1, rounded.size};
     });
     team.in_parts(PARTS, [&](int64_t one, int64_t parts) {
       Span own = part(f.packed_down->rows, one, parts, TILE);
